@@ -101,16 +101,17 @@ MEASURE = """
 
     def few(dtype):
         cases = list(all_cases(dtype))
-        return [*cases[:3], *cases[::11], *cases[-4:]]
+        return [*cases[:3], *cases[::40], *cases[-4:]]
 
     effort = Effort(0.001, 0.004, 0.05, 0.0, (torch.float32,), few)
     nothing = Footprint({}, small(4), FootprintTrial(Strategy(dp=4), 0.0), 0, {})
-    with mock.patch("shardwise.run.calibration.calibrate.footprint", lambda seconds: nothing):
+    sizes = mock.patch("shardwise.cluster.measure.collectives.SIZES", (1024, 1024**2))
+    with sizes, mock.patch("shardwise.run.calibration.calibrate.footprint", lambda seconds: nothing):
         found = calibrate(effort=effort, quiet=True)
     if found is not None:
         write_cluster(found, "nodes.toml")
 """
-"""Program that measures as `shardwise calibrate` does, but without its trainings and in less time."""
+"""Program that measures as `shardwise calibrate` does, but without its trainings, and few sizes of it."""
 
 
 def test_a_calibration_sees_the_slow_link(folder: Path) -> None:
