@@ -50,7 +50,7 @@ engines: $(STAMP) ## installs Slurm, Open MPI, Ray and Spark (Debian, as root) a
 		command -v $$program >/dev/null || { apt-get update -qq && apt-get install -y -qq --no-install-recommends $(ENGINES) || exit 1; break; }; \
 	done
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --requirement requirements-engines.txt
-	SHARDWISE_ENGINES=required $(BIN)/python -m pytest --numprocesses 2 --dist loadgroup tests/engines
+	SHARDWISE_ENGINES=required $(BIN)/python -m pytest --numprocesses 3 --dist loadgroup --no-loadscope-reorder tests/engines
 
 unit: $(STAMP) ## runs the tests that start no process
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder tests/unit

@@ -18,6 +18,20 @@ from ways import THREE
 collect_ignore_glob = [] if os.environ.get("SHARDWISE_ENGINES") else ["test_*.py"]
 
 
+LONGEST = ("hosts", "slurm", "spark")
+"""Groups that take the longest; what begins last should be short."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Let the longest groups begin first."""
+
+    def turn(item: pytest.Item) -> int:
+        names = [mark.args[0] for mark in item.iter_markers("xdist_group")]
+        return min([LONGEST.index(name) for name in names if name in LONGEST], default=len(LONGEST))
+
+    items.sort(key=turn)
+
+
 def pytest_collection_finish(session: pytest.Session) -> None:
     """Refuse to run where groups are not kept: tests of one group use the same hosts (pytest-xdist#1386)."""
     grouped = (item for item in session.items if item.get_closest_marker("xdist_group") is not None)

@@ -16,6 +16,7 @@ AGENT = """#!/bin/sh
 # what ssh does, for hosts a and b of this machine: AGENT [-x] HOST COMMAND
 while [ "${1#-}" != "$1" ]; do shift; done
 case "$1" in a | b) ;; *) echo "no route to $1" >&2; exit 255 ;; esac
+export TMPDIR="$0-$1"; mkdir -p "$TMPDIR"  # both hosts would make one folder there at once
 shift
 exec sh -c "$*"
 """
