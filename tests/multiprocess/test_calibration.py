@@ -125,12 +125,15 @@ def test_messages_over_hosts_leave_their_host(hosts: list[list[int]]) -> None:
                     assert (host_of[ranks[index]] != host_of[ranks[other]]) == (layout.nodes > 1)
 
 
-SAID = {0: ("east", "n1"), 1: ("east", "n2"), 2: ("west", "n3"), 3: ("west", "n4")}
+Said = tuple[tuple[str, str], ...]
 """Switch and host that each of four workers says that it has."""
 
+TWO_SWITCHES: Said = (("east", "n1"), ("east", "n2"), ("west", "n3"), ("west", "n4"))
+TWO_HOSTS: Said = (("", "n1"), ("", "n1"), ("", "n2"), ("", "n2"))
 
-def measure_over_switches(device: Device) -> tuple[int, Cluster]:
-    switch, host = SAID[dist.get_rank()]
+
+def measure_at(said: Said, device: Device) -> Cluster:
+    switch, host = said[dist.get_rank()]
     with mock.patch.object(socket, "gethostname", return_value=host):
         team = Team(torch.device("cpu"), switch)
     found = [
@@ -139,17 +142,27 @@ def measure_over_switches(device: Device) -> tuple[int, Cluster]:
         for curve in collective_curves(team, layout, 0.0005, lambda _: None)
     ]
     nothing = Footprint({}, small(4), FootprintTrial(Strategy(dp=4), 0.0), 0, {})
-    return team.near, derived(team, device, found, nothing)
+    return derived(team, device, found, nothing)
 
 
-def test_hosts_at_two_switches_have_a_level_of_links_more(workers: Pools, tmp_path: Path) -> None:
-    at_switch, measured = workers(4, measure_over_switches, find_cluster("h100x4").device(0))[0]
-    assert at_switch == 2
-    assert [(level.name, level.span) for level in measured.levels] == [("within a switch", 2), ("between switches", 4)]
-    assert {(curve.ranks, curve.nodes, curve.level) for curve in measured.collectives} == {
-        (2, 2, "within a switch"),
-        (4, 4, "between switches"),
-    }
+@pytest.mark.parametrize(
+    ("said", "levels", "curves"),
+    [
+        (
+            TWO_SWITCHES,
+            [("within a switch", 2), ("between switches", 4)],
+            {(2, 2, "within a switch"), (4, 4, "between switches")},
+        ),
+        (TWO_HOSTS, [("within a host", 2), ("between hosts", 4)], {(2, 1, ""), (2, 2, ""), (4, 2, "")}),
+    ],
+    ids=["two switches", "two hosts"],
+)
+def test_hosts_at_two_switches_have_levels_of_their_own(
+    workers: Pools, tmp_path: Path, said: Said, levels: list[tuple[str, int]], curves: set[tuple[int, int, str]]
+) -> None:
+    measured = workers(4, measure_at, said, find_cluster("h100x4").device(0))[0]
+    assert [(level.name, level.span) for level in measured.levels] == levels
+    assert {(curve.ranks, curve.nodes, curve.level) for curve in measured.collectives} == curves
     write_cluster(measured, tmp_path / "cluster.toml")
     assert read_cluster(tmp_path / "cluster.toml").collectives == measured.collectives
 

@@ -56,9 +56,15 @@ def derived(team: Team, device: Device, collectives: list[CollectiveCurve], own:
 def _cluster(team: Team, device: Device, collectives: list[CollectiveCurve]) -> Cluster:
     local, hosts = min(len(host) for host in team.hosts), len(team.hosts)
     across = [curve for curve in collectives if curve.nodes > 1]
-    levels = [_level(WITHIN_HOST, local, [curve for curve in collectives if curve.nodes == 1])]
-    for name, span in ((WITHIN_SWITCH, team.near), (BETWEEN_SWITCHES if team.near else BETWEEN_HOSTS, hosts)):
-        levels.append(_level(name, local * span, [curve for curve in across if curve.level in ("", name)]))
+    levels = (
+        _level(WITHIN_HOST, local, [curve for curve in collectives if curve.nodes == 1]),
+        _level(WITHIN_SWITCH, local * team.near, [curve for curve in across if curve.level == WITHIN_SWITCH]),
+        _level(
+            BETWEEN_SWITCHES if team.near else BETWEEN_HOSTS,
+            local * hosts,
+            [curve for curve in across if curve.level != WITHIN_SWITCH],
+        ),
+    )
     backend = {"backend": dist.get_backend()} if dist.is_initialized() else {}
     return Cluster(
         name=f"{hosts * local} workers on {device.name}",
