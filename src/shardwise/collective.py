@@ -60,6 +60,15 @@ class Group:
         """Return the number of this group's ranks in one domain of `span` neighbouring ranks, at least 1."""
         return max(1, min(self.size, span // self.stride))
 
+    def domains(self, span: int) -> int:
+        """Return the number of domains that its ranks lie in; each is of `span` neighbouring ranks, the first from 0.
+
+        Ranks that are nearer to each other than `span` leave out no domain between their first and their last.
+        """
+        if self.stride >= span:
+            return self.size
+        return self.ranks[-1] // span - self.first // span + 1
+
 
 @dataclass(frozen=True, slots=True)
 class Collective:

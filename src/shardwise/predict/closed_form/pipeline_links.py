@@ -22,7 +22,7 @@ def workers_at_once(strategy: Strategy, cluster: Cluster, group: Group) -> int:
     Within a node, all ranks of the pipeline send to their neighbours at once. Between two nodes, only the messages
     between two stages cross, one for each copy of the pipeline.
     """
-    crosses = len({rank // cluster.node_size for rank in group.ranks}) > 1
+    crosses = group.domains(cluster.node_size) > 1
     return 2 * strategy.replicas * strategy.tp if crosses else strategy.workers
 
 

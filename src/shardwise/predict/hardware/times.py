@@ -166,7 +166,8 @@ def collective_seconds(collective: Collective, cluster: Cluster, workers: int = 
     group = collective.group
     if group.size <= 1:
         return 0.0
-    nodes, known = _nodes_of(collective, cluster), _joined(collective, cluster)
+    nodes = group.domains(cluster.node_size)
+    known = _joined(collective, nodes, cluster)
     if nodes > 1 and _in_layers(cluster) and all(curve.ranks != group.size for curve in known):
         steps = layer_steps(collective, cluster.node_size)
         if steps:
@@ -181,9 +182,9 @@ def collective_seconds(collective: Collective, cluster: Cluster, workers: int = 
     return seconds * _modelled(collective, cluster) / _modelled(nearest, cluster)
 
 
-def _joined(collective: Collective, cluster: Cluster) -> list[CollectiveCurve]:
+def _joined(collective: Collective, nodes: int, cluster: Cluster) -> list[CollectiveCurve]:
     """Return the curves of an operation among as many nodes, joined by the same level of links."""
-    alike = (collective.operation, _nodes_of(collective, cluster))
+    alike = (collective.operation, nodes)
     known = [curve for curve in cluster.collectives if (curve.operation, curve.nodes) == alike and curve.samples]
     if not any(curve.level for curve in known):
         return known
@@ -198,11 +199,6 @@ def _in_layers(cluster: Cluster) -> bool:
 
 def _modelled(collective: Collective, cluster: Cluster) -> float:
     return network.collective_seconds(collective, cluster)
-
-
-def _nodes_of(collective: Collective, cluster: Cluster) -> int:
-    """Count the nodes over which the ranks of a collective are spread."""
-    return len({rank // cluster.node_size for rank in collective.group.ranks})
 
 
 def _at_once(curves: Sequence[CollectiveCurve], size: int, groups: int) -> float:
