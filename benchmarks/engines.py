@@ -32,7 +32,7 @@ ENGINES = (REFERENCE, "mpi", "slurm", "ray", "spark")
 TARGET = 1.02
 """Largest ratio of a step to that under torchrun."""
 
-STEPS, WARM_STEPS = 40, 5
+STEPS, WARM_STEPS = 300, 20
 LEAST_ROUNDS = 2
 LONGEST_SECONDS = 120.0
 TRAIN = ("train", "image", "--strategy", "dp=2", "--steps", str(STEPS), "--set", "layers=2", "--no-proof", "--quiet")

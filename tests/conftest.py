@@ -5,6 +5,7 @@ import os
 import tempfile
 
 import pytest
+import warm
 from traces import FOLDER
 
 # Threads that are done with their part would wait for the others in a loop, and keep cores from the tests beside them.
@@ -24,6 +25,11 @@ SLOW = (
     "test_tensor_parallel.py",
     "test_crosscheck.py",
     "test_plan.py",
+    "test_compression.py",
+    "test_compiled.py",
+    "test_calibration.py",
+    "test_precisions_alike.py",
+    "test_killed_worker.py",
     "test_playback.py",
     "test_pipeline.py",
     "test_products.py",
@@ -79,3 +85,9 @@ def _settled() -> None:
     """
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture
+def warm_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers that the test's own process starts are forked, and take a second less each."""
+    warm.start_here(warm.server_address(), monkeypatch.setattr)

@@ -4,7 +4,6 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-import warm
 from pool import Pools, Servers
 
 
@@ -22,9 +21,3 @@ def workers(request: pytest.FixtureRequest) -> Iterator[Pools]:
     yield pools
     pools.close()
     torch.set_num_threads(threads)
-
-
-@pytest.fixture
-def warm_workers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Workers that the test's own process starts are forked; tests/processes starts interpreters of their own."""
-    warm.start_here(warm.server_address(), monkeypatch.setattr)

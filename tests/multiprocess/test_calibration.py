@@ -48,7 +48,9 @@ def few(cases: list[KernelCase]) -> list[KernelCase]:
 
 
 def measure() -> Cluster | None:
-    return work(SHORT, True, footprint())
+    """Measure in less time than a calibration has: its numbers need not be good."""
+    with mock.patch.multiple("shardwise.run.calibration.footprint", TIMED=4, TURNS=3, SECONDS=0.1):
+        return work(SHORT, True, footprint())
 
 
 def measure_among(count: int, rank: int, store: str, pipe: Connection) -> None:
@@ -136,11 +138,12 @@ def measure_at(said: Said, device: Device) -> Cluster:
     switch, host = said[dist.get_rank()]
     with mock.patch.object(socket, "gethostname", return_value=host):
         team = Team(torch.device("cpu"), switch)
-    found = [
-        curve
-        for layout in layouts(team.hosts, team.near)
-        for curve in collective_curves(team, layout, 0.0005, lambda _: None)
-    ]
+    with mock.patch("shardwise.cluster.measure.collectives.SIZES", (1024, 16 * 1024)):
+        found = [
+            curve
+            for layout in layouts(team.hosts, team.near)
+            for curve in collective_curves(team, layout, 0.0005, lambda _: None)
+        ]
     nothing = Footprint({}, small(4), FootprintTrial(Strategy(dp=4), 0.0), 0, {})
     return derived(team, device, found, nothing)
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import textwrap
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -104,11 +106,23 @@ def assert_alike(found: Trained, expected: Trained) -> None:
     assert found.summary["metrics"] == expected.summary["metrics"]
 
 
+@pytest.fixture(scope="module")
+def unharmed(tmp_path_factory: pytest.TempPathFactory) -> Callable[[bool], Trained]:
+    """`unharmed(normed)` -> the run in which nobody is killed."""
+
+    @cache
+    def of(normed: bool) -> Trained:
+        return trained(tmp_path_factory.mktemp("unharmed"), "ps=2,dp=2", normed=normed)
+
+    return of
+
+
+@pytest.mark.usefixtures("warm_workers")
 @pytest.mark.parametrize(("at", "normed"), [("1:8", True), ("0:9", False), ("1:7 0:4", False), ("1:evaluation", True)])
 def test_the_training_of_synchronous_servers_is_that_of_a_run_without_a_kill(
-    tmp_path: Path, at: str, normed: bool
+    tmp_path: Path, at: str, normed: bool, unharmed: Callable[[bool], Trained]
 ) -> None:
-    expected = trained(tmp_path, "ps=2,dp=2", normed=normed)
+    expected = unharmed(normed)
     found = trained(tmp_path, "ps=2,dp=2", at, normed=normed)
     assert_alike(found, expected)
     assert {each["rank"] for each in found.summary["restarted_workers"]} == {int(each[0]) for each in at.split()}
@@ -134,6 +148,7 @@ def test_others_go_on_without_waiting_and_the_worker_joins_where_they_are(tmp_pa
     )
 
 
+@pytest.mark.usefixtures("warm_workers")
 def test_a_run_that_cannot_go_on_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(WorkerFailed, match="worker 1 was killed by SIGKILL"):
         trained(tmp_path, "ps=1,dp=2", "1:8", averaged=True)

@@ -19,14 +19,14 @@ from shardwise.launch.ranks import RankContext
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class Location:
     """Where a worker runs: the switch of its host, empty if nobody names it, and the host's name."""
 
     switch: str
     host: str
 
 
-def order_of(places: Sequence[Place]) -> list[int]:
+def order_of(places: Sequence[Location]) -> list[int]:
     """Return the workers in the order of their new ranks.
 
     Workers of one host come in a row and hosts of one switch too, each where its first worker was; worker 0 stays.
@@ -48,10 +48,10 @@ def take_place(context: RankContext, store: Any) -> RankContext:
     """
     if context.one_host:
         return context
-    own = Place(context.switch, socket.gethostname())
+    own = Location(context.switch, socket.gethostname())
     store.set(f"place-{context.rank}", json.dumps([own.switch, own.host]))
     texts = store.multi_get([f"place-{rank}" for rank in range(context.workers)])
-    order = order_of([Place(*json.loads(text)) for text in texts])
+    order = order_of([Location(*json.loads(text)) for text in texts])
     if order == sorted(order):
         return context
     if context.rank == 0:

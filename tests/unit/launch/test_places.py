@@ -11,11 +11,11 @@ from torch.distributed import HashStore  # type: ignore[attr-defined]
 
 from shardwise.launch import context
 from shardwise.launch.context import rank_context
-from shardwise.launch.places import Place, order_of, take_place
+from shardwise.launch.places import Location, order_of, take_place
 from shardwise.launch.ranks import RankContext
 
-SPREAD = [Place("", "a"), Place("", "b"), Place("", "a"), Place("", "b")]
-BY_NAME = [Place("east", "n1"), Place("west", "n2"), Place("east", "n3"), Place("west", "n4")]
+SPREAD = [Location("", "a"), Location("", "b"), Location("", "a"), Location("", "b")]
+BY_NAME = [Location("east", "n1"), Location("west", "n2"), Location("east", "n3"), Location("west", "n4")]
 
 
 def test_workers_of_a_host_come_in_a_row() -> None:
@@ -29,7 +29,7 @@ def test_hosts_of_a_switch_come_in_a_row() -> None:
 
 def test_an_order_that_is_right_stays() -> None:
     assert order_of(sorted(SPREAD, key=lambda place: place.host)) == [0, 1, 2, 3]
-    assert order_of([Place("", "a")] * 3) == [0, 1, 2]
+    assert order_of([Location("", "a")] * 3) == [0, 1, 2]
 
 
 @pytest.fixture
@@ -43,7 +43,7 @@ def worker(rank: int, local_workers: int = 2) -> RankContext:
     return RankContext(rank=rank, workers=4, local_rank=0, local_workers=local_workers, address="a", port=1)
 
 
-def store_with(others: list[Place], but: int) -> HashStore:
+def store_with(others: list[Location], but: int) -> HashStore:
     store = HashStore()
     for rank, place in enumerate(others):
         if rank != but:
