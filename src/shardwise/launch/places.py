@@ -14,7 +14,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from shardwise.errors import RequestError
 from shardwise.launch.context import settle_rank
+from shardwise.launch.meeting import meet_seconds
 from shardwise.launch.ranks import RankContext
 
 
@@ -45,12 +47,21 @@ def take_place(context: RankContext, store: Any) -> RankContext:
     Args:
         context: rank as the launcher said it.
         store: store at which all workers of the job meet.
+
+    Raises:
+        RequestError: a worker did not come within `meeting.meet_seconds()`.
     """
     if context.one_host:
         return context
     own = Location(context.switch, socket.gethostname())
     store.set(f"place-{context.rank}", json.dumps([own.switch, own.host]))
-    texts = store.multi_get([f"place-{rank}" for rank in range(context.workers)])
+    try:
+        texts = store.multi_get([f"place-{rank}" for rank in range(context.workers)])
+    except RuntimeError as error:  # DistStoreError
+        raise RequestError(
+            f"rank {context.rank} of {context.workers} ({context.engine}): not all workers came within "
+            f"{meet_seconds():g} s: start all of them"
+        ) from error
     order = order_of([Location(*json.loads(text)) for text in texts])
     if order == sorted(order):
         return context

@@ -70,6 +70,17 @@ class RankContext:
         return self.local_workers == self.workers
 
 
+def is_passed_on(variable: str) -> bool:
+    """Return whether workers on other hosts get this variable of the command's: Python's path and settings, no secrets.
+
+    SHARDWISE_SWITCH is each host's own.
+    """
+    return variable in _PASSED_ON or (variable.startswith("SHARDWISE_") and variable != SWITCH)
+
+
+_PASSED_ON = ("PYTHONPATH", "OMP_NUM_THREADS", "XDG_CACHE_HOME")
+
+
 def number(environment: Mapping[str, str], name: str, default: int | None = None) -> int:
     """Return a whole number of 0 or more from the environment.
 

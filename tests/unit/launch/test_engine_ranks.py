@@ -12,6 +12,7 @@ from shardwise.errors import RequestError
 from shardwise.launch.context import LOCAL_WORKER, rank_context
 from shardwise.launch.engines.slurm import first_host, tasks_per_node
 from shardwise.launch.meeting import PORTS, TRIES, ports_of
+from shardwise.launch.ranks import is_passed_on
 
 MPI = {
     "OMPI_COMM_WORLD_RANK": "3",
@@ -161,3 +162,8 @@ def test_a_variable_names_the_switch_for_other_launchers() -> None:
         context = rank_context(env | {"SHARDWISE_SWITCH": "leaf-3"})
         assert context is not None
         assert context.switch == "leaf-3"
+
+
+def test_settings_go_along_to_other_hosts_but_not_the_switch_of_this_one() -> None:
+    names = ("SHARDWISE_CLUSTER", "SHARDWISE_SWITCH", "PYTHONPATH", "HOME", "WANDB_API_KEY")
+    assert [name for name in names if is_passed_on(name)] == ["SHARDWISE_CLUSTER", "PYTHONPATH"]

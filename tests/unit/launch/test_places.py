@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import socket
 from dataclasses import replace
+from datetime import timedelta
 
 import pytest
 from torch.distributed import HashStore  # type: ignore[attr-defined]
 
+from shardwise.errors import RequestError
 from shardwise.launch import context
 from shardwise.launch.context import rank_context
 from shardwise.launch.places import Location, order_of, take_place
@@ -66,6 +68,14 @@ def test_where_neighbours_are_near_nothing_changes(capsys: pytest.CaptureFixture
     assert take_place(worker(2), store_with(near, 2)) == worker(2)
     assert os.environ["RANK"] == "1"
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.usefixtures("settled")
+def test_a_worker_that_does_not_come_is_told() -> None:
+    store = store_with(SPREAD[:3], 1)
+    store.set_timeout(timedelta(milliseconds=50))
+    with pytest.raises(RequestError, match=r"rank 1 of 4 \(environment\): not all workers came within 120 s"):
+        take_place(worker(1), store)
 
 
 @pytest.mark.usefixtures("settled")

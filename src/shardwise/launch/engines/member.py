@@ -19,7 +19,7 @@ from queue import Empty, SimpleQueue
 from typing import IO
 
 from shardwise.launch.exit import die_with_parent
-from shardwise.launch.ranks import ENGINE, LOOPBACK, STORE_DESCRIPTOR
+from shardwise.launch.ranks import ENGINE, LOOPBACK, STORE_DESCRIPTOR, is_passed_on
 
 OUTPUT, ERRORS = 1, 2
 """Descriptors of the two streams of a process."""
@@ -173,8 +173,5 @@ def member_environment(
 
 
 def shared_environment(environment: Mapping[str, str]) -> dict[str, str]:
-    """Return the variables that workers get from the driver: Python's path and settings, no passwords or keys."""
-    return {name: value for name, value in environment.items() if name in _SHARED or name.startswith("SHARDWISE_")}
-
-
-_SHARED = ("PYTHONPATH", "OMP_NUM_THREADS", "XDG_CACHE_HOME")
+    """Return the variables that workers get from the driver."""
+    return {name: value for name, value in environment.items() if is_passed_on(name)}

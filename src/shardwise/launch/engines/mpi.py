@@ -28,12 +28,12 @@ from pathlib import Path
 from shardwise.errors import RequestError
 from shardwise.launch.host_watch import host_seconds
 from shardwise.launch.launcher import Allocation, LaunchRequest, ProcessJob, no_script, not_installed
-from shardwise.launch.ranks import LOOPBACK, SWITCH, RankContext, number
+from shardwise.launch.ranks import LOOPBACK, SWITCH, RankContext, is_passed_on, number
 
 RANK, SIZE = "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"
 
-PASSED_ON = ("PYTHONPATH", "OMP_NUM_THREADS", "MASTER_ADDR", "MASTER_PORT", "XDG_CACHE_HOME")
-"""Environment variables that workers on other hosts get too, beside those that begin with SHARDWISE_."""
+MEETING = ("MASTER_ADDR", "MASTER_PORT")
+"""Environment variables that workers on other hosts get too, beside those of `is_passed_on`."""
 
 REACH_SECONDS = 10
 """Seconds that a host may take to answer before the job starts."""
@@ -134,7 +134,7 @@ def mpirun(asked: LaunchRequest) -> list[str]:
         return [*line, "--host", f"localhost:{asked.workers}", "--mca", "oob_tcp_if_include", "lo", *asked.command]
     slots = -(-asked.workers // len(asked.hosts))
     line += ["--host", ",".join(f"{host}:{slots}" for host in asked.hosts), *_keepalive(host_seconds())]
-    passed = [name for name in asked.environment if name in PASSED_ON or name.startswith("SHARDWISE_")]
+    passed = [name for name in asked.environment if name in MEETING or is_passed_on(name)]
     for name in passed:
         line += ["-x", name]  # its value is not in the command line, which others can read
     if "MASTER_ADDR" not in passed and not any(map(_is_here, asked.hosts)):
