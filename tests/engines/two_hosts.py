@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -40,17 +41,22 @@ def torchrun(options: Sequence[str], host: int, *arguments: str) -> subprocess.P
 
 AGENT = """#!/bin/sh
 # what ssh does, between the hosts: AGENT [-x] HOST COMMAND
-while [ "${1#-}" != "$1" ]; do shift; done
-test -e "/run/netns/$1" || { echo "no route to $1" >&2; exit 255; }
+while [ "${{1#-}}" != "$1" ]; do shift; done
 host=$1; shift
-exec ip netns exec "$host" unshare --uts sh -c 'hostname "$0" && exec sh -c "$1"' "$host" "$*"
+case "$host" in
+{hosts}
+*) echo "no route to $host" >&2; exit 255 ;;
+esac
 """
 
 
 def mpi(folder: Path, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> subprocess.Popen[str]:
     """Start `shardwise ARGUMENTS` with --engine mpi for both hosts on the first one."""
     agent = folder / "agent"
-    agent.write_text(AGENT)
+    entries = (
+        f'{hosts.name(host)}) exec {shlex.join(hosts.inside(host))} sh -c "$*" ;;' for host in range(hosts.HOSTS)
+    )
+    agent.write_text(AGENT.format(hosts="\n".join(entries)))
     agent.chmod(0o755)
     monkeypatch.setenv("OMPI_MCA_plm_rsh_agent", str(agent))
     both = f"{hosts.name(0)},{hosts.name(1)}"
